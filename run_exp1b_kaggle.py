@@ -64,6 +64,7 @@ class Stopped(Exception):
 # ---- 2. recipe: every number in one place; whoever changes one raises VERSION ----
 VERSION, SIDE, VALIDATION, TOLERANCE = 1, 32, 0.1, 0.01  # -; pixels; share; of the ratio
 MOMENTUM, WEIGHT_DECAY, LR_PER_128, WARMUP = 0.9, 5e-4, 0.1, 0.05  # SGD; share of the steps
+MIN_WIDTH = 8  # below, oneDNN's 1x1 stride-2 convolution crashes (torch 2.15, channels_last)
 CHUNK = 1000  # images per forward without gradients; fixed, so that banks are exact
 KD, ASSISTANT, PROBE_RATIO = (4.0, 0.5), (4.0, 0.9), 5.0  # (T, alpha) twice; probed at 5x
 CANDIDATES = ((4.0, 0.5), (4.0, 0.9), (8.0, 0.9), (3.0, 0.9))  # (T_max, alpha); first: default
@@ -407,7 +408,7 @@ def student_widths(ratio: float, teacher_params: int, num_classes: int) -> list[
     goal = teacher_params / ratio
     ideal = [m * math.sqrt(goal / params((64, 128, 256, 512))) for m in (64, 128, 256, 512)]
     for step in (8, 4, 2, 1):
-        near = [{max(step, (round(w / step) + d) * step) for d in range(-3, 4)} for w in ideal]
+        near = [{max(MIN_WIDTH, (round(w / step) + d) * step) for d in range(-3, 4)} for w in ideal]
         rising = (w for w in itertools.product(*near) if w[0] < w[1] < w[2] < w[3])
         if fits := [w for w in rising if abs(goal / params(w) - 1) < TOLERANCE]:
             return list(min(fits, key=lambda w: math.dist(map(math.log, w), map(math.log, ideal))))
@@ -591,28 +592,24 @@ def pack(value, plain: bool = False) -> bytes:
     """torch's zip, or if `plain` a pickle without memo; behind it its SHA-256 in hex, which
     torch.load and pickle.load ignore."""
     buffer = io.BytesIO()
-    if plain:
-        pickler = pickle.Pickler(buffer, 4)
-        pickler.fast = True
-        pickler.dump(value)
-    else:
-        torch.save(value, buffer)
+    pickler = pickle.Pickler(buffer, 4)
+    pickler.fast = True
+    pickler.dump(value) if plain else torch.save(value, buffer)
     return buffer.getvalue() + sha(buffer.getbuffer()).encode()
 
 
-def put(path: Path, data: bytes, in_place: bool = False, first_wins: bool = False) -> None:
-    """All of the file or nothing, and on the disk. `in_place`: not so, but Drive bins no copy."""
-    part = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.part")
+def put(path: Path, data: bytes, first_wins: bool = False) -> None:
+    """Write all of the file or nothing, onto the disk; `first_wins`: an existing file stays."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if part != path and not (first_wins and path.exists()):
+        if not (first_wins and path.exists()):
             os.replace(part, path)
     finally:
-        if part != path:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def read(path: Path, plain: bool = False, seal: str | None = None):
@@ -623,12 +620,12 @@ def read(path: Path, plain: bool = False, seal: str | None = None):
     if found != sha(data) or found != (seal or found):
         raise ValueError("wrong checksum")
     try:
-        if not plain:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        for opcode, value, _ in pickletools.genops(data):
+        for opcode, value, _ in pickletools.genops(data) if plain else ():
             if opcode.name not in PLAIN or (opcode.name == "LONG1" and abs(value) >> 60):
                 raise ValueError(f"{opcode.name} is more than plain data")
-        return pickle.loads(data)
+        return (
+            pickle.loads(data) if plain else torch.load(io.BytesIO(data), "cpu", weights_only=True)
+        )
     except Exception as error:  # whatever a hostile pickle provokes
         raise ValueError(str(error).partition("\n")[0][:100]) from None
 
@@ -642,17 +639,11 @@ def load_model(path) -> nn.Module:
             network = build_network(**saved["arch"])
         network.load_state_dict(saved["weights"], assign=True)
         scale = torchvision.transforms.Normalize(saved["mean"], saved["std"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a foreign file provokes
         raise UserError(f"{path} is no sound model of this program ({str(error)[:99]})") from None
-    model = nn.Sequential(scale, network)
+    model = nn.Sequential(scale, network).eval()
     model.classes = saved["classes"]
-    return model.eval()
-
-
-def set_aside(file: Path, why, then: str) -> None:
-    """Rename a rotten file to *.corrupt and say what happens instead."""
-    log.warning("%s is unusable (%s), set aside as *.corrupt: %s", file.name, why, then)
-    os.replace(file, f"{file}.corrupt")
+    return model
 
 
 class RunDir:
@@ -688,28 +679,35 @@ class RunDir:
     def lock(self) -> None:
         """Become the only writer, or UserError with the holder's PID and host."""
         self.handle = open(self.path / ".lock", "a+")
+        self.handle.seek(0)
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.handle.seek(0)
             who = self.handle.read()
             raise UserError(f"{self.path} is in use by {who}: wait for it, or stop it") from None
         self.handle.truncate(0)
-        print(
-            f"PID {os.getpid()} on host {os.uname().nodename}", end="", file=self.handle, flush=True
-        )
+        self.handle.write(f"PID {os.getpid()} on host {os.uname().nodename}")
+        self.handle.flush()
 
-    def verify(self, state: dict, jobs) -> None:
-        """Forget finished jobs whose files are missing or rotten: they are restored or repeated."""
-        for job in [job for job in jobs if state["jobs"].get(job, {}).get("sha256")]:
+    def verify(self, state: dict) -> None:
+        """Set rotten files aside, and forget the jobs whose models are missing or rotten: they
+        are restored from their snapshots, or trained again."""
+        for file, error in self.bad:
+            set_aside(file, error, "the other generation of the state counts")
+        for job in [job for job, record in state["jobs"].items() if record["sha256"]]:
             file = self.file(job, state["task"]["name"])
             try:
                 read(file, seal=state["jobs"][job]["sha256"])
             except (OSError, ValueError) as error:
-                if file.exists():
-                    set_aside(file, error, f"{job} is restored from its snapshot, else repeated")
-                log.warning("%s: %s is restored from its snapshot, else repeated", file.name, job)
+                set_aside(file, error, f"{job} is restored from its snapshot, or trained again")
                 del state["jobs"][job]
+
+
+def set_aside(file: Path, why, then: str) -> None:
+    """Rename a rotten file to *.corrupt and say what happens instead."""
+    log.warning("%s is unusable (%s): %s", file.name, why, then)
+    if file.exists():
+        os.replace(file, f"{file}.corrupt")
 
 
 class Snapshots:
@@ -737,14 +735,16 @@ class Snapshots:
         """Save content() if it is due: every `interval` epochs or `seconds`, and at the end."""
         elapsed = time.monotonic() - self.written
         if last or (epoch % self.interval == 0 if self.interval else elapsed >= self.seconds):
-            if self.pending:
-                self.pending.result()  # a failed write is raised here
             data = pack(content() | dict(identity=self.identity, epoch=epoch))
-            self.pending = self.thread.submit(put, self.files[0], data, in_place=True)
+            if self.pending:
+                self.pending.result()  # the error of the write before is raised here
+            self.pending, self.written = (
+                self.thread.submit(put, self.files[0], data),
+                time.monotonic(),
+            )
             self.files.reverse()
-            self.written = time.monotonic()
-            if last:
-                self.pending.result()
+        if last:
+            self.pending.result()
 
 
 # ---- 8. training: one function trains every model, from scratch or from a snapshot ----
@@ -791,10 +791,10 @@ def train(model, data, s: Setting, banks=(), precision="fp32", snapshots=None, c
     for p in model.parameters():  # else an overflow at the first fp16 step leaves them undefined
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    g = generator(s.seed, "attention", s.attend)
-    teachers = Teachers(banks, bool(s.attend), g) if banks else None
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    parts |= dict(attention=teachers, adam=teachers.adam) if teachers else {}
+    parts, teachers = dict(model=model, optimizer=optimizer, scaler=scaler), None
+    if banks:
+        teachers = Teachers(banks, bool(s.attend), generator(s.seed, "attention", s.attend))
+        parts |= dict(attention=teachers, adam=teachers.adam)
     if saved := snapshots and snapshots.load():
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -805,65 +805,66 @@ def train(model, data, s: Setting, banks=(), precision="fp32", snapshots=None, c
         plain = dict(best=best, history=history, seconds=seconds, tail=tail)
         return {name: part.state_dict() for name, part in parts.items()} | plain
 
-    steps, status = max(1, n // s.batch_size), "done"
+    steps, b, ce = max(1, n // s.batch_size), s.batch_size, history.get("ce", [])
     tables = torch.randperm(s.epochs, generator=generator(s.seed, "tables", s.order)).tolist()
-    for epoch in range(len(history.get("loss", [])), s.epochs):
+    for epoch in range(len(ce), s.epochs):
         if s.patience and epoch and epoch - best_epoch(history) >= s.patience:
             break
         g, h, k = (generator(s.seed, x, epoch) for x in (s.order, f"views {s.order}", s.attend))
-        order, table = torch.randperm(n, generator=g)[: steps * s.batch_size], tables[epoch]
+        order, table = torch.randperm(n, generator=g)[: steps * b], tables[epoch]
         view = torch.randint(data.n_views, (n,), generator=h) if s.fresh else data.pool(table)
         v = torch.stack([b.logits(table) for b in banks], 1)[order.to(device)] if banks else None
-        judged = torch.randint(len(data.val_y), (steps, s.batch_size), generator=k).to(device)
-        ce, classes = history.get("ce", []), len(data.raw["classes"])
-        T, strategy = temperature(ce, s.epochs, s.t_high, s.t_low, classes)
+        judged = torch.randint(len(data.val_y), (steps, b), generator=k).to(device)
+        T, strategy = temperature(ce, s.epochs, s.t_high, s.t_low, len(data.raw["classes"]))
         begun, sums = time.perf_counter(), torch.zeros(3, device=device)
         x, y = data.views(order, view[order]), data.train_y[order.to(device)]
         model.train()
         for i in range(steps):
             if control:
                 control(None)
-            part = slice(i * s.batch_size, (i + 1) * s.batch_size)
+            part = slice(i * b, (i + 1) * b)
             with autocast(device, precision):
                 logits = model(data.pixels(x[part]))
             target = teachers.target(v[part], T) if teachers else None
-            loss, ce = kd_loss(logits.float(), y[part], target, T, s.alpha)
+            loss, hard = kd_loss(logits.float(), y[part], target, T, s.alpha)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            lr = learning_rate(epoch * steps + i, s.epochs * steps, s.lr)
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = learning_rate(
+                epoch * steps + i, s.epochs * steps, s.lr
+            )
             scaler.step(optimizer)
             scaler.update()
             if teachers and teachers.attend:
                 teachers.learn(teachers.val[judged[i]], data.val_y[judged[i]])
             hits = (logits.argmax(1) == y[part]).float().mean()
-            sums += torch.stack([loss.detach(), ce.detach(), 100 * hits])
+            sums += torch.stack([loss.detach(), hard.detach(), 100 * hits])
         val = predict(model, data, data.val_x, precision)
-        loss, ce, hits = (sums / steps).tolist()
-        row = dict(loss=loss, ce=ce, train_acc=hits, val_acc=top1(val, data.val_y), lr=lr, T=T)
-        row |= dict(val_nll=F.cross_entropy(val, data.val_y).item(), strategy=strategy)
+        row = dict(
+            zip(("loss", "ce", "train_acc"), (sums / steps).tolist()), T=T, strategy=strategy
+        )
+        row |= dict(val_acc=top1(val, data.val_y), val_nll=F.cross_entropy(val, data.val_y).item())
         seconds += time.perf_counter() - begun
-        history = {k: [*history.get(k, []), x] for k, x in (row | dict(seconds=seconds)).items()}
-        if not math.isfinite(loss + row["val_nll"]):
-            status = "diverged"
+        row |= dict(lr=optimizer.param_groups[0]["lr"], seconds=seconds)
+        history = {k: [*history.get(k, []), x] for k, x in row.items()}
+        ce, tail = history["ce"], [*tail, val.cpu()][-2:]
+        if not math.isfinite(row["loss"] + row["val_nll"]):
             break
         if best_epoch(history) == epoch + 1:
             best = {name: t.clone() for name, t in model.state_dict().items()}
-        tail = [*tail, val.cpu()][-2:]
         if snapshots:
             snapshots.offer(epoch + 1, epoch + 1 == s.epochs, content)
         if control:
-            control(row | dict(epoch=epoch + 1))
-    at = best_epoch(history)
-    record = dict(status=status, best_epoch=at, epochs=len(history["loss"]), time=seconds)
-    record |= dict(mixture=teachers.diagnose() if teachers else {}, history=history)
-    record |= dict.fromkeys(("val_acc", "val_nll", "test_acc", "last_test_acc"))
-    if status == "done":
-        record["last_test_acc"] = top1(predict(model, data, data.test_x, precision), data.test_y)
-        model.load_state_dict(best)
-        record["test_acc"] = top1(predict(model, data, data.test_x, precision), data.test_y)
-        record |= {name: history[name][at - 1] for name in ("val_acc", "val_nll")}
-    return record | dict(best=best, tail=tail)
+            control(row)
+    record = dict(best_epoch=best_epoch(history), epochs=len(ce), time=seconds, history=history)
+    record |= dict(mixture=teachers.diagnose() if teachers else {}, best=best, tail=tail)
+    if not math.isfinite(history["loss"][-1] + history["val_nll"][-1]):
+        nothing = dict.fromkeys(("val_acc", "val_nll", "test_acc", "last_test_acc"))
+        return record | nothing | dict(status="diverged")
+    last = top1(predict(model, data, data.test_x, precision), data.test_y)
+    model.load_state_dict(best)
+    record |= {name: history[name][record["best_epoch"] - 1] for name in ("val_acc", "val_nll")}
+    test = top1(predict(model, data, data.test_x, precision), data.test_y)
+    return record | dict(status="done", test_acc=test, last_test_acc=last)
 
 
 # ---- 9. experiment: the plan (jobs and what they need), the workers ----
@@ -895,71 +896,67 @@ def plan_jobs(cells: dict[str, int]) -> dict[str, Job]:
     for cell, runs in cells.items():
         ratio, method = parse_cell(*cell.split(" "))
         job, sizes = Job("", "student", ratio, method), chain(ratio)
-        stages = [f"assistant_{ratio:g}x_{i}" for i in range(1, len(sizes) + 1)]
-        needs = ("teacher",) * (method != "Direct") + tuple(stages) * job.has("chain")
+        stages = tuple(f"assistant_{ratio:g}x_{i}" for i in range(1, len(sizes) + 1))
+        needs = ("teacher",) * (method != "Direct") + stages * job.has("chain")
         if needs:
             jobs["teacher"] = Job("teacher", "teacher")
         if job.has("config"):
             jobs["probe"] = Job("probe", "probe", PROBE_RATIO, needs=("teacher",))
-            job = replace(job, needs=("probe",))
         for before, name, size in zip(needs, needs[1:], sizes):
             jobs[name] = Job(name, "assistant", size, needs=(before,))
+        needs += ("probe",) * job.has("config")
         for k in range(1, runs + 1):
             name = f"student_{ratio:g}x_{method}_run{k}"
-            jobs[name] = replace(job, name=name, run=k, needs=needs + job.needs)
+            jobs[name] = replace(job, name=name, run=k, needs=needs)
     return jobs
+
+
+def candidates_of(key: dict) -> tuple:
+    """The (T_max, alpha) that the probe compares."""
+    return CANDIDATES[: 2 if key["mode"] == "smoke" else None]
 
 
 def setting_of(job: Job, key: dict, t_max: float = 4.0, alpha: float = 0.5) -> Setting:
     """How a job is trained; (t_max, alpha) is the probe's choice or one of its candidates."""
-    s = Setting(key["student_epochs"], key["batch_size"], key["lr"], key["seed"], job.name)
-    s, hpm = replace(s, patience=key["patience"]), dict(alpha=alpha, t_high=t_max, t_low=t_max / 2)
+    common = {k: key[k] for k in ("batch_size", "lr", "seed", "patience")}
+    s, probing = Setting(key["student_epochs"], order=job.name, **common), job.kind == "probe"
     if job.kind == "teacher":
         return replace(s, epochs=key["teacher_epochs"], fresh=True)
-    if job.kind == "assistant":
-        return replace(s, alpha=ASSISTANT[1], t_high=ASSISTANT[0], t_low=ASSISTANT[0])
-    if job.kind == "probe":
-        return replace(s, epochs=2 if key["mode"] == "smoke" else max(5, s.epochs // 5), **hpm)
-    s = replace(
-        s, order=f"run{job.run}", attend=f"{job.ratio:g}x run{job.run}" * job.has("attention")
-    )
-    if job.method in ("Direct", "TraditionalKD"):
-        return replace(s, alpha=KD[1] * (job.method != "Direct"), t_high=KD[0], t_low=KD[0])
-    T = (t_max, t_max / 2) if job.has("temperature") else (0.75 * t_max,) * 2
-    return replace(s, alpha=alpha, t_high=T[0], t_low=T[1])
-
-
-def candidates_of(key: dict):
-    """The settings that the probe compares."""
-    return CANDIDATES[: 2 if key["mode"] == "smoke" else None]
+    if job.kind == "assistant" or job.method == "TraditionalKD":
+        t_max, alpha = ASSISTANT if job.kind == "assistant" else KD
+    hpm = probing or job.has("temperature")
+    high, low = (t_max, t_max / 2) if hpm else (t_max, t_max)
+    if job.kind == "student":
+        if job.method.startswith("HPM-KD") and not hpm:
+            high = low = 0.75 * t_max
+        attend = f"{job.ratio:g}x run{job.run}" * job.has("attention")
+        s = replace(s, order=f"run{job.run}", attend=attend)
+    elif probing:
+        s = replace(s, epochs=2 if key["mode"] == "smoke" else max(5, s.epochs // 5))
+    return replace(s, alpha=alpha * (job.method != "Direct"), t_high=high, t_low=low)
 
 
 @functools.lru_cache(1)
-def cached_data(name, places, scratch, device, *limits) -> Data:
+def cached_data(name, places, scratch, device, seed, subset, limit) -> Data:
     """The dataset on the device, once per process."""
-    return Data(load_dataset(name, places, scratch), *limits, device)
+    return Data(load_dataset(name, places, scratch), seed, subset, limit, device)
 
 
-SHARED = SimpleNamespace(board=None)  # in a worker: [stop flag, epochs done], written by both sides
+BOARD = []  # in a worker: [[stop flag, epochs done]], memory shared with the parent
 
 
 def run_job(spec: dict) -> dict:
     """Train one job in this process and write its files; returns its record for the state."""
     job, key, precision, device = (spec[k] for k in ("job", "key", "precision", "device"))
-    limits = (key[k] for k in ("seed", "subset", "limit"))
-    data, run, board = (
-        cached_data(*spec["data"], device, *limits),
-        RunDir(spec["run"]),
-        SHARED.board,
-    )
-    classes, banks = len(data.raw["classes"]), []
+    data = cached_data(*spec["data"], device, *(key[k] for k in ("seed", "subset", "limit")))
+    run, classes, banks = RunDir(spec["run"]), len(data.raw["classes"]), []
     identity = sha((sorted(key.items()), job, spec["choice"], spec["teachers"]))
 
     def control(metrics):
-        if board and board[0]:
-            raise Stopped
-        if board and metrics:
-            board[1] += 1
+        for board in BOARD:
+            board[1] += metrics is not None
+            if board[0]:
+                raise Stopped
 
     def frozen(name, seal):
         saved = read(run.file(name, data.raw["name"]), seal=seal)
@@ -968,12 +965,10 @@ def run_job(spec: dict) -> dict:
         return network
 
     for name, seal, weights in spec["teachers"]:
-        folder = (
-            spec["data"][2]
-            / "banks"
-            / sha((weights, sorted(key.items()), precision, device[:4]))[:32]
+        bank = (
+            spec["data"][2] / "banks" / sha((weights, sorted(key.items()), precision, device[:4]))
         )
-        banks.append(Bank(data, functools.partial(frozen, name, seal), folder, precision))
+        banks.append(Bank(data, functools.partial(frozen, name, seal), bank, precision))
 
     def trained(name, choice):
         purpose = (job.ratio, job.run) if job.kind == "student" else (job.name,)
@@ -989,28 +984,34 @@ def run_job(spec: dict) -> dict:
     params, macs = measure(job.ratio, classes, key["width"], data.train_x.shape[1])
     record = dict(params=params, macs=macs, kind=job.kind, ratio=job.ratio, method=job.method)
     record |= dict(run=job.run, sha256="", weights="", device=device, precision=precision)
-    record |= dict(threads=torch.get_num_threads(), torch=torch.__version__, choice=spec["choice"])
+    record |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
     if job.kind == "probe":
         trials = [trained(f"probe{i}", c)[1] for i, c in enumerate(candidates_of(key), 1)]
         record |= dict.fromkeys(trials[0]) | choose(trials, candidates_of(key), data.val_y.cpu())
-        record |= dict(status="done", history={}, mixture={}, best=None, tail=None)
+        record |= dict(status="done", history={}, mixture={})
         record |= {k: sum(t[k] for t in trials) for k in ("time", "epochs")}
     else:
         model, result = trained(job.name, spec["choice"])
-        record |= result
+        record |= result | dict(choice=spec["choice"])
         if record["status"] == "done":
-            content = dict(arch=model.arch, classes=data.raw["classes"], mean=data.mean)
-            sealed = pack(content | dict(std=data.std, weights=to_cpu(result["best"])))
+            weights = {k: v.cpu().contiguous() for k, v in result["best"].items()}
+            about = dict(arch=model.arch, classes=data.raw["classes"], mean=data.mean, std=data.std)
+            sealed = pack(about | dict(weights=weights))
             put(run.file(job.name, data.raw["name"]), sealed)
-            weights = {k: v.numpy().tobytes() for k, v in to_cpu(result["best"]).items()}
-            record |= dict(sha256=sealed[-64:].decode(), weights=sha(weights))
+            weights = sha({k: sha(v.numpy().tobytes()) for k, v in weights.items()})
+            record |= dict(sha256=sealed[-64:].decode(), weights=weights)
     record["banks"] = {t[0]: b.seconds for t, b in zip(spec["teachers"], banks)}
     return {k: v for k, v in record.items() if k not in ("best", "tail")}
 
 
-def to_cpu(weights: dict) -> dict:
-    """A state dict in host memory, in contiguous tensors."""
-    return {k: v.cpu().contiguous() for k, v in weights.items()}
+def set_up_log(file: Path | None = None) -> None:
+    """Log lines to standard output, and to the run's log file."""
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.handlers += [logging.FileHandler(file)] if file else []
+    for handler in log.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.propagate = logging.raiseExceptions = False
+    log.setLevel(logging.INFO)
 
 
 def start_worker(board, log_file: Path, threads: int, deterministic: bool) -> None:
@@ -1023,24 +1024,12 @@ def start_worker(board, log_file: Path, threads: int, deterministic: bool) -> No
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    SHARED.board = board
+    BOARD.append(board)
     set_up_log(log_file)
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.use_deterministic_algorithms(deterministic)
-
-
-def set_up_log(file: Path | None = None) -> None:
-    """Log lines to standard output, and to the run's log file."""
-    log.handlers = [
-        logging.StreamHandler(sys.stdout),
-        *([logging.FileHandler(file)] if file else []),
-    ]
-    for handler in log.handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log.setLevel(logging.INFO)
-    log.propagate = logging.raiseExceptions = False
 
 
 class Worker:
@@ -1061,50 +1050,63 @@ class Worker:
         signal.signal(signal.SIGINT, before)
 
 
+class Progress:
+    """Done, left and ETA, weighted by multiply-accumulates: a bar, or a line a minute."""
+
+    def __init__(self, jobs: dict[str, Job], state: dict, workers: list[Worker], bar: bool):
+        from tqdm import tqdm
+
+        self.done, self.workers, key, task = state["jobs"], workers, state["key"], state["task"]
+        self.epochs = {n: setting_of(j, key).epochs for n, j in jobs.items()}
+        self.epochs |= {n: self.epochs[n] * len(candidates_of(key)) for n in jobs if n == "probe"}
+        size = task["classes"], key["width"], task["side"]
+        self.costs = {n: measure(j.ratio, *size)[1] * self.epochs[n] for n, j in jobs.items()}
+        self.begun = self.said = time.monotonic()
+        self.bar = tqdm(
+            total=100, disable=not bar, leave=False, bar_format="{l_bar}{bar}|{postfix}"
+        )
+        self.first = self.share()
+
+    def share(self) -> float:
+        part = {w.job.name: w.board[1] / self.epochs[w.job.name] for w in self.workers if w.job}
+        part |= dict.fromkeys(self.done, 1.0)
+        return sum(c * part.get(n, 0.0) for n, c in self.costs.items()) / sum(self.costs.values())
+
+    def __str__(self) -> str:
+        gained, spent = self.share() - self.first, time.monotonic() - self.begun
+        left = spent * (1 - self.share()) / gained if gained > 0 else 0
+        eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if gained > 0 else "?"
+        count = f"{sum(n in self.done for n in self.costs)} of {len(self.costs)} models"
+        return f"{count}, {100 * self.share():.0f} %, ETA {eta}"
+
+    def tell(self) -> None:
+        """Renew the bar; where there is none, log a line once a minute."""
+        text = f"{self}, now {', '.join(w.job.name for w in self.workers if w.job)}"
+        self.bar.n = round(100 * self.share(), 1)
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and time.monotonic() - self.said >= 60:
+            self.said = time.monotonic()
+            log.info(text)
+
+
 def run_jobs(run, state, jobs, devices, spec, halt, bar=False, deterministic=False) -> list[str]:
     """Train the jobs that are not finished, longest first, one per device at a time; the state is
     written after each. `halt()`: all must stop. Returns a line for every job that failed."""
-    from tqdm import tqdm
-
-    done, key, task, failed, retried = state["jobs"], state["key"], state["task"], [], set()
+    done, failed, tries = state["jobs"], [], []
     waiting = {name: job for name, job in jobs.items() if name not in done}
     setup = run.path / "experiment.log", state["threads"], deterministic
-    workers, size = (
-        [Worker(device, *setup) for device in devices],
-        (task["classes"], key["width"], task["side"]),
-    )
-    epochs = {
-        n: setting_of(j, key).epochs * (len(candidates_of(key)) if n == "probe" else 1)
-        for n, j in jobs.items()
-    }
-    costs = {n: measure(j.ratio, *size)[1] * epochs[n] for n, j in jobs.items()}
-    begun = said = time.monotonic()
-    bar = tqdm(total=100, disable=not bar, leave=False, bar_format="{l_bar}{bar}| {postfix}")
+    workers = [Worker(device, *setup) for device in devices]
+    progress = Progress(jobs, state, workers, bar)
 
-    def share():
-        part = {w.job.name: w.board[1] / epochs[w.job.name] for w in workers if w.job}
-        return sum(c * (n in done or part.get(n, 0)) for n, c in costs.items()) / sum(
-            costs.values()
-        )
+    def able(job):
+        return all(n in done and done[n]["status"] == "done" for n in job.needs)
 
-    def progress():
-        gained, spent = share() - first, time.monotonic() - begun
-        left = spent * (1 - share()) / gained if gained > 0 else 0
-        eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if gained > 0 else "?"
-        return f"{sum(n in done for n in jobs)} of {len(jobs)} models, {100 * share():.0f} %, ETA {eta}"
-
-    first = share()
     while True:
-        stop = halt()
-        able = [
-            j
-            for j in waiting.values()
-            if all(done.get(n, {}).get("status") == "done" for n in j.needs)
-        ]
-        able.sort(key=lambda job: costs[job.name])
+        stop = bool(halt())
         for w in workers:
-            if able and not w.job and not stop:
-                job = waiting.pop(able.pop().name)
+            ready = [job.name for job in waiting.values() if able(job)]
+            if ready and not w.job and not stop:
+                job = waiting.pop(max(ready, key=progress.costs.get))
                 ids = [
                     (n, done[n]["sha256"], done[n]["weights"]) for n in job.needs if n != "probe"
                 ]
@@ -1113,8 +1115,9 @@ def run_jobs(run, state, jobs, devices, spec, halt, bar=False, deterministic=Fal
         if not (busy := [w for w in workers if w.job]):
             break
         wait([w.future for w in busy], timeout=0.2, return_when="FIRST_COMPLETED")
+        progress.tell()
         for w in busy:
-            w.board[0] = bool(stop)
+            w.board[0] = stop
             if not w.future.done():
                 continue
             job, w.job = w.job, None
@@ -1122,16 +1125,17 @@ def run_jobs(run, state, jobs, devices, spec, halt, bar=False, deterministic=Fal
                 record = w.future.result()
             except Stopped:
                 continue
-            except Exception as error:
-                dead = isinstance(error, BrokenExecutor)
-                w.pool = None if dead else w.pool
-                if dead and not stop and job.name not in retried:
+            except BrokenExecutor:
+                w.pool = None
+                if not stop and job.name not in tries:
                     log.warning("the process of %s died: it goes on from its snapshot", job.name)
-                    retried.add(job.name)
                     waiting[job.name] = job
-                elif not (dead and stop):
-                    failed.append(f"{job.name}: {type(error).__name__}: {str(error)[:300]}")
-                    log.error(failed[-1])
+                elif not stop:
+                    failed.append(f"{job.name}: its process died twice")
+                tries.append(job.name)
+                continue
+            except Exception as error:
+                failed.append(f"{job.name}: {type(error).__name__}: {str(error)[:300]}")
                 continue
             teacher = done["teacher"]["weights"] if job.needs else ""
             done[job.name] = record | dict(teacher=teacher, finished=time.time())
@@ -1143,22 +1147,18 @@ def run_jobs(run, state, jobs, devices, spec, halt, bar=False, deterministic=Fal
                     file.unlink()
             if record["status"] == "diverged":
                 failed.append(f"{job.name}: stopped, loss not finite in epoch {record['epochs']}")
-                log.error(failed[-1])
-            elif job.kind == "probe":
-                log.info("probe: T_max %g, alpha %g; %s", *record["choice"], progress())
-            else:
-                result = job.name, record["val_acc"], record["test_acc"], record["time"], progress()
-                log.info("%s: validation %.2f %%, test %.2f %%, %.0f s; %s", *result)
-        bar.n, now = round(100 * share(), 1), ", ".join(w.job.name for w in busy if w.job)
-        bar.set_postfix_str(f"{progress()}, now {now}")
-        if bar.disable and time.monotonic() - said >= 60:
-            said = time.monotonic()
-            log.info("%s, now %s", progress(), now)
-    bar.close()
+            acc = "validation {val_acc:.2f} %, test {test_acc:.2f} %" if record["test_acc"] else ""
+            acc = acc or "{status} {choice}"
+            text = f"%s: {acc}, {{time:.0f}} s; %s".format(**record)
+            log.info(text.replace("%,", "%%,"), job.name, progress)
+    progress.bar.close()
     for w in workers:
         if w.pool:
             w.pool.shutdown()
-    return failed + ([] if stop else [f"{n}: needs a model that failed" for n in waiting])
+    failed += [] if stop else [f"{n}: needs a model that failed" for n in waiting]
+    for line in failed:
+        log.error("failed: %s", line)
+    return failed
 
 
 # ---- 10. results: one tidy table, statistics, CSV, figures, report ----
@@ -1527,9 +1527,7 @@ def session(flags: Flags) -> int:
         run, state = locate(given, places)
         run.lock()
         state = run.read_state()
-        for file, why in run.bad:
-            set_aside(file, why, "the other generation of the state counts")
-        run.verify(state, plan_jobs(state["cells"]))
+        run.verify(state)
         key = state["key"]
     elif holds(asked):
         raise UserError(f"{asked} holds a run: add --resume, or name another --output")
@@ -1591,7 +1589,7 @@ def session(flags: Flags) -> int:
             devices=", ".join(devices),
             precision=precision,
             threads=state["threads"],
-            torch=torch.__version__,
+            torch=str(torch.__version__),
         )
         state["sessions"].append(about | dict(script=sha(Path(__file__).read_bytes())[:12]))
         for name in ("devices", "precision", "threads", "torch", "script"):
