@@ -147,11 +147,3 @@ def test_another_recipe_may_report_but_not_train(copy, capsys):
     assert exp.main(["--resume", str(copy.path), "--device", "cpu"]) == 2
     assert "--report" in capsys.readouterr().err
     assert exp.main(["--report", "--output", str(copy.path)]) == 0
-
-
-def test_importing_does_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run_exp1b_kaggle, logging\n"
-    code += "print(logging.getLogger('exp1b').handlers, 'matplotlib' in sys.modules)"
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout == "[] False\n" and run.stderr == "" and not [*tmp_path.iterdir()]

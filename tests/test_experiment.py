@@ -110,11 +110,25 @@ def assert_equal_runs(a: exp.RunDir, b: exp.RunDir):
     assert states[0]["probe"]["choice"] == states[1]["probe"]["choice"]
 
 
+def children(pid: int) -> list[int]:
+    """The worker processes of a session."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        try:
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+        except OSError:
+            pass
+    return found
+
+
 def kill_when(process, folder, part: str):
-    """SIGKILL as soon as a file of a job lies among the checkpoints."""
+    """SIGKILL as soon as a file of a job lies among the checkpoints; the worker dies, too."""
     wait_for(lambda: list(Path(folder).glob(f"exp1b_*/checkpoints/*{part}*")), process)
+    workers = children(process.pid)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)  # returns when nobody holds the output any more
+    assert workers
 
 
 def test_killed_twice_and_resumed_it_equals_the_run_never_killed(finished, tmp_path):
@@ -175,18 +189,6 @@ def test_nothing_left_trains_nothing(finished, tmp_path, capsys):
     assert len(run.read_state()["sessions"]) == 1
 
 
-def children(pid: int) -> list[int]:
-    """The worker processes of a session."""
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        try:
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-        except OSError:
-            pass
-    return found
-
-
 LONG = "--mode smoke --device cpu --width 12 --subset 100 --compression 5x --methods Direct"
 LONG = [*LONG.split(), "--checkpoint-interval", "1", "--runs", "1", "--teacher-epochs", "1"]
 
@@ -196,19 +198,21 @@ def training(folder):
     return list(folder.glob("exp1b_*/checkpoints/*student_5x_Direct_run1*"))
 
 
-@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_cleanly(tmp_path, number, expected):
-    process = start(*LONG, "--student-epochs", "2000", "--output", tmp_path)
-    wait_for(lambda: training(tmp_path), process)
-    workers = children(process.pid)
-    process.send_signal(number)
-    code, output = finish(process)
-    run = run_in(tmp_path)
-    assert code == expected, output
-    assert f"--resume {run.path}" in output and run.read_state()["jobs"] == {}
-    report = (run.path / "experiment_report.md").read_text()
-    assert "artial" in report and "Traceback" not in output
-    assert workers and not any(Path(f"/proc/{w}").exists() for w in workers)
+def test_a_signal_stops_cleanly(tmp_path):
+    """Side by side, as each takes its time."""
+    cases = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    endless = [*LONG, "--student-epochs", "2000", "--output"]
+    sessions = {n: start(*endless, tmp_path / n.name) for n in cases}
+    for number, process in sessions.items():
+        wait_for(lambda: training(tmp_path / number.name), process)  # noqa: B023
+        workers = children(process.pid)
+        process.send_signal(number)
+        code, output = finish(process)
+        run = run_in(tmp_path / number.name)
+        assert code == cases[number] and "Traceback" not in output, output
+        assert f"--resume {run.path}" in output and run.read_state()["jobs"] == {}
+        assert "artial" in (run.path / "experiment_report.md").read_text()
+        assert workers and not any(Path(f"/proc/{w}").exists() for w in workers)
 
 
 def test_a_dead_worker_is_replaced(finished, tmp_path):
@@ -225,21 +229,15 @@ def test_a_dead_worker_is_replaced(finished, tmp_path):
     )
 
 
-def test_a_worker_dies_with_its_parent(tmp_path):
-    process = start(*LONG, "--student-epochs", "2000", "--output", tmp_path)
-    (worker,) = wait_for(lambda: training(tmp_path) and children(process.pid), process)
-    process.kill()
-    process.communicate()  # returns when the worker, too, has let go of the output
-    state = Path(f"/proc/{worker}/stat")
-    assert not state.exists() or state.read_text().split()[2] in "ZX"
-
-
-def test_the_time_budget_stops_with_code_0(tmp_path):
+def test_the_time_budget_stops_with_code_0(tmp_path, capsys):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {n: signal.getsignal(n) for n in numbers}
     hours = ["--max-hours", "1e-9", "--student-epochs", "2"]
-    code, output = finish(start(*LONG, *hours, "--output", tmp_path))
+    assert exp.main([*LONG, *hours, "--output", str(tmp_path)]) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     run = run_in(tmp_path)
-    assert code == 0 and f"--resume {run.path}" in output, output
-    assert run.read_state()["jobs"] == {}
+    assert f"--resume {run.path}" in capsys.readouterr().out and run.read_state()["jobs"] == {}
 
 
 def test_students_of_a_run_start_from_the_same_weights(finished):

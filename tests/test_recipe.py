@@ -110,10 +110,13 @@ def test_a_stream_moves_no_other_and_no_global_state():
     assert draw(0, "a") == before and torch.equal(torch.get_rng_state(), state)
 
 
-def test_seeds_are_the_same_in_every_process():
-    """Also under another PYTHONHASHSEED; importing the program writes and says nothing."""
-    code = "import torch, run_exp1b_kaggle as e\n"
-    code += "print(torch.randint(1 << 40, (4,), generator=e.generator(0, 'init', 5.0)).tolist())"
+def test_seeds_are_the_same_in_every_process(tmp_path):
+    """Also under another PYTHONHASHSEED; and importing the program does nothing."""
+    code = "import logging, sys, torch, run_exp1b_kaggle as e\n"
+    code += "print(torch.randint(1 << 40, (4,), generator=e.generator(0, 'init', 5.0)).tolist())\n"
+    code += "print(logging.getLogger('exp1b').handlers, 'matplotlib' in sys.modules)"
     env = os.environ | dict(PYTHONHASHSEED="77", PYTHONPATH=str(ROOT))
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.stdout == f"{draw(0, 'init', 5.0)}\n", run.stderr
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.stdout == f"{draw(0, 'init', 5.0)}\n[] False\n" and not run.stderr, run.stderr
+    assert not [*tmp_path.iterdir()]

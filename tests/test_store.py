@@ -189,16 +189,11 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(run):
     code += "except e.UserError as error: print(error)\nelse: print('locked')"
     command = [sys.executable, "-c", code, str(run.path)]
 
-    def second():
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-
     run.lock()
-    assert (
-        f"PID {os.getpid()}" in second()
-        and os.uname().nodename in run.path.joinpath(".lock").read_text()
-    )
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"PID {os.getpid()}" in second and os.uname().nodename in second
     run.handle.close()
-    assert second() == "locked\n"
+    exp.RunDir(run.path).lock()  # free again
 
 
 def test_a_finished_model_is_ready_for_inference(finished):
