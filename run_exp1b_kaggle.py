@@ -608,8 +608,10 @@ class RunDir:  # the files of one run directory; nothing else opens a checkpoint
         self.bad = []
         for file in filter(Path.exists, self.states):
             try:
-                return read(file, plain=True)
-            except (OSError, ValueError) as error:
+                if {"key", "task", "cells", "jobs"} <= dict(state := read(file, plain=True)).keys():
+                    return state
+                raise ValueError("not a state")
+            except (OSError, ValueError, TypeError) as error:
                 self.bad.append((file, error))
         why = "; ".join(f"{file.name}: {error}" for file, error in self.bad) or "none there"
         raise UserError(f"{self.path} has no readable state ({why}); nothing was touched")
@@ -658,8 +660,6 @@ class Snapshots:  # two generations of a job in training, by a thread; the newes
             self.pending.result()  # raises the error of the write before
             self.pending = self.thread.submit(put, self.files[0], data, before=self.files[1])
             self.due = time.monotonic() + self.seconds
-        if last:
-            self.pending.result()
 
 
 # ---- 8. training: one function trains every model, from scratch or from a snapshot ----
@@ -756,6 +756,8 @@ def train(model, data, s: Setting, banks=(), precision="fp32", snapshots=None, c
             content = functools.partial(dict, kept, **{k: p.state_dict() for k, p in parts.items()})
             snapshots.offer(epoch + 1, epoch + 1 == s.epochs, content)
         control(row)
+    if snapshots:
+        snapshots.pending.result()
     record = kept | dict(status=status, best_epoch=best_epoch(history), epochs=len(ce))
     record |= dict(mixture=teachers.diagnose() if banks else {})
     if status == "diverged":
@@ -842,7 +844,7 @@ def run_job(spec: dict) -> dict:
             raise Stopped
 
     for name, weights in teachers.items():
-        cache = spec["data"][2] / "banks" / sha((weights, plan, precision, device[:4]))
+        cache = spec["data"][2] / "banks" / sha(plan) / sha((weights, precision, device[:4]))
         banks[name] = Bank(data, lambda n=name: load_model(file(n))[1], cache, precision)
     for i, choice in enumerate(choices, 1):
         purpose = (job.ratio, job.run) if job.run else (job.name,)
@@ -1069,7 +1071,7 @@ def draw_figures(folder: Path, state: dict, table, cells) -> None:
     at, side = runs.ratio.map(ratios.index), (runs.method.map(methods.index) + 0.5) / len(methods)
     runs["kept"], runs["beside"] = 100 * runs.test_acc / top, at + 0.7 * (side - 0.5)
     e = state["key"]["student_epochs"]
-    runs["epoch"] = [[k + 0.9 * (i / e - 0.5) for i in range(e + 1)] for k in at]
+    runs["epoch"] = [[k + 0.9 * ((i + 0.5) / e - 0.5) for i in range(e + 1)] for k in at]
     past = [state["jobs"][n]["history"]["val_acc"] for n in runs.job]
     runs["past"] = [(p + [None] * e)[: e + 1] for p in past]  # None ends the line at this ratio
     curves = runs.explode(["past", "epoch"]).astype(dict(past=float, epoch=float))
@@ -1292,7 +1294,7 @@ def session(flags: Flags) -> int:
     if undone:
         log.info(f"to continue: python {__file__} --resume {run.path}")
     else:
-        shutil.rmtree(scratch / "banks", ignore_errors=True)
+        shutil.rmtree(scratch / "banks" / sha(sorted(key.items())), ignore_errors=True)
     return 128 + signals[0] if signals else 1 if failed else 0
 
 
