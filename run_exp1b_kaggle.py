@@ -844,7 +844,7 @@ def run_job(spec: dict) -> dict:
             raise Stopped
 
     for name, weights in teachers.items():
-        cache = spec["data"][2] / "banks" / sha(plan) / sha((weights, precision, device[:4]))
+        cache = spec["data"][2] / f"banks_{sha(plan)[:16]}" / sha((weights, precision, device[:4]))
         banks[name] = Bank(data, lambda n=name: load_model(file(n))[1], cache, precision)
     for i, choice in enumerate(choices, 1):
         purpose = (job.ratio, job.run) if job.run else (job.name,)
@@ -1137,11 +1137,13 @@ def write_results(run: RunDir, state: dict, jobs: dict[str, Job], partial: str) 
     probe = done.get("probe", dict(scores=[], choice=None))
     scores = [(*(f"{x:.4g}" for x in v), v[:2] == probe["choice"]) for v in probe["scores"]]
     others, costs = table[table.kind != "student"], cells.filter(regex="^(?!ratio|delta)")
+    taught = table[table.kind == "teacher"].time.sum() * (cells.teacher > "")
+    costs = costs.assign(time_with_teacher=cells.time_mean + taught)
     for title, rows, columns in (
         ("Accuracy (%) and cost (s)", costs, None),
         ("Paired differences (points)", pairs, "ratio pair mean low high runs headroom gate"),
         ("Other models, banks", others, "job measured_ratio params macs val_acc test_acc time"),
-        ("Probe at 5x (NLL in nat)", scores, "T_max alpha NLL gain standard_error chosen"),
+        ("Probe (tuned at 5x, NLL in nat)", scores, "T_max alpha NLL gain standard_error chosen"),
         ("What HPM-KD distilled from", mixes, "student source val_acc val_nll mean_weight"),
         ("Provenance", [(k, str(v)) for k, v in (key | task).items()], "what value"),
         ("Sessions", state["sessions"], None),
@@ -1294,7 +1296,7 @@ def session(flags: Flags) -> int:
     if undone:
         log.info(f"to continue: python {__file__} --resume {run.path}")
     else:
-        shutil.rmtree(scratch / "banks" / sha(sorted(key.items())), ignore_errors=True)
+        shutil.rmtree(scratch / f"banks_{sha(sorted(key.items()))[:16]}", ignore_errors=True)
     return 128 + signals[0] if signals else 1 if failed else 0
 
 

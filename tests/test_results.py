@@ -77,10 +77,14 @@ def test_without_headroom_the_verdict_is_void():
     assert sentence.startswith("void") and "does not exceed its student at 5x" in sentence
 
 
-@pytest.mark.parametrize("gains", [{}, {2.3: [1.0, 1.1]}])
-def test_without_large_ratios_there_is_no_verdict(gains):
-    sentence, mean = exp.verdict(table_of(gains))
+def test_without_large_ratios_there_is_no_verdict():
+    sentence, mean = exp.verdict(table_of({2.3: [1.0, 1.1]}))
     assert sentence.startswith("no verdict") and math.isnan(mean)
+
+
+def test_one_run_gives_a_mean_but_no_verdict():
+    sentence, mean = exp.verdict(table_of({5.0: [1.0]}))
+    assert sentence.startswith("no verdict at 5x") and mean == pytest.approx(1.0)
 
 
 def test_the_sign_at_the_last_epoch_is_another_verdict():
@@ -174,9 +178,9 @@ def test_the_report_begins_with_the_verdict(finished):
     lines = [x for x in (finished.path / "experiment_report.md").read_text().splitlines() if x]
     verdict = json.loads((finished.path / "results.json").read_text())["verdict"]
     assert lines[0].startswith("# ") and verdict in lines[1]
-    text = "\n".join(lines)
+    text = " ".join(" ".join(lines).split())
     assert all(f"figures/{name}.png" in text for name in FIGURES)
-    assert "tuned at 5x" in text and "one\nteacher" in text and "learned mixture" in text
+    assert "tuned at 5x" in text and "this one teacher" in text and "learned mixture" in text
 
 
 @pytest.mark.parametrize("name", FIGURES)

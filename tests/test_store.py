@@ -17,6 +17,7 @@ import run_exp1b_kaggle as exp
 
 STATE = dict(key=dict(lr=0.1, seed=0), jobs={"a": dict(x=[1, 2.5, None, True, "é", -7])}, n=1 << 40)
 TENSORS = dict(weights={"w": torch.arange(12.0).reshape(3, 4)}, arch=dict(widths=[8, 16]), n=3)
+LEAST = dict(key={}, task={}, cells={}, jobs={})  # what makes plain data a state
 
 
 @pytest.fixture
@@ -163,8 +164,8 @@ def test_put_leaves_the_old_file_if_writing_fails(tmp_path, monkeypatch):
 
 
 def test_the_state_keeps_its_previous_generation(run):
-    run.write_state(dict(n=1))
-    run.write_state(dict(n=2))
+    run.write_state(LEAST | dict(n=1))
+    run.write_state(LEAST | dict(n=2))
     assert run.read_state()["n"] == 2 and not run.bad
     run.states[0].write_bytes(run.states[0].read_bytes()[:-5])
     assert run.read_state()["n"] == 1 and [f for f, _ in run.bad] == [run.states[0]]
@@ -172,9 +173,16 @@ def test_the_state_keeps_its_previous_generation(run):
     assert run.read_state()["n"] == 1
 
 
+def test_plain_data_that_is_no_state_is_refused(run):
+    for value in ([], dict(n=1), "state"):
+        exp.put(run.states[0], exp.pack(value, plain=True))
+        with pytest.raises(exp.UserError, match="no readable state"):
+            run.read_state()
+
+
 def test_two_bad_generations_are_an_error_and_untouched(run):
-    run.write_state(dict(n=1))
-    run.write_state(dict(n=2))
+    run.write_state(LEAST | dict(n=1))
+    run.write_state(LEAST | dict(n=2))
     for file in run.states:
         file.write_bytes(b"rotten" + file.read_bytes())
     before = {f: f.read_bytes() for f in run.folder.iterdir()}
@@ -240,6 +248,7 @@ def test_the_newest_sound_snapshot_counts(run, data, logged):
     assert snapshots.load() is None
     for epoch in (1, 2, 3):
         snapshots.offer(epoch, epoch == 3, lambda: dict(model=student(data, 1).state_dict()))
+    snapshots.pending.result()
     saved = exp.Snapshots(run, "job", "me").load()
     assert saved["epoch"] == 3 and same(saved["model"], student(data, 1).state_dict())
     assert exp.Snapshots(run, "job", "someone else").load() is None
