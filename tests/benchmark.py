@@ -49,7 +49,7 @@ def make_data(device: str) -> exp.Data:
 def make_bank(data: exp.Data, seed: int) -> exp.Bank:
     """A bank filled with random logits: only their shape and type matter for the time, and a
     ResNet-50 over all images would take longer than the measurement."""
-    g, bank = torch.Generator().manual_seed(seed), exp.Bank(data, load=None)
+    g, bank = torch.Generator().manual_seed(seed), exp.Bank(data, load=lambda: None)
     for table, n in ((0, len(data)), ("val", len(data.val_y))):
         bank.memory[table] = (3 * torch.randn(n, CLASSES, generator=g)).half()
     return bank
