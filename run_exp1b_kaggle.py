@@ -512,7 +512,7 @@ def choose(trials: list[dict], candidates, labels: Tensor) -> dict:
     """The probe's choice of (T_max, alpha) (HPM-KD's part 1): lowest temperature-fitted validation
     NLL (nat), mean of two epochs; candidate 0 is left only for over one paired standard error."""
     ce = functools.partial(F.cross_entropy, target=labels, reduction="none")
-    scales, worst = [2 ** (k / 20) for k in range(-40, 41)], torch.full((len(labels),), 1e6)
+    scales, worst = [2 ** (k / 10) for k in range(-60, 21)], torch.full((len(labels),), 1e6)
     fits = [[min((ce(v * s) for s in scales), key=Tensor.mean) for v in t["tail"]] for t in trials]
     nll = [sum(f) / 2 if t["status"] == "done" else worst for f, t in zip(fits, trials)]
     gains = [(nll[0] - x).mean().item() for x in nll]
