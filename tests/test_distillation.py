@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,3 +345,31 @@ def test_the_probe_drops_a_diverged_candidate(data):
         for trials in ([trial(2.0, y), broken], [broken, trial(2.0, y)])
     ]
     assert [tuple(c) for c in choices] == [exp.CANDIDATES[0], exp.CANDIDATES[1]]
+
+
+def test_attention_settles_at_the_optimum_that_its_entropy_term_implies():
+    """a_m ~ exp(-CE_m / beta): without the entropy all the weight would go to the better one."""
+    labels = torch.zeros(64, dtype=torch.long)
+    good, bad = (torch.tensor(v).expand(64, 4) for v in ([0.5, 0, 0, 0], [0, 0.5, 0, 0]))
+    data = SimpleNamespace(val_y=labels)
+    banks = [SimpleNamespace(data=data, logits=lambda table, v=v: v) for v in (good, bad)]
+    teachers = exp.Teachers(banks, True, exp.generator(0))
+    for _ in range(1500):
+        teachers.learn(teachers.val, labels)
+    ce = torch.tensor([torch.nn.functional.cross_entropy(v, labels) for v in (good, bad)])
+    expected = (-ce / 0.5).softmax(0)
+    assert teachers.weights(teachers.val)[0].detach() == pytest.approx(expected, abs=0.02)
+    assert expected[0] < 0.75
+
+
+def test_the_probe_leaves_its_default_only_beyond_one_standard_error():
+    labels, seen = torch.arange(200) % 2, set()
+    sound = torch.nn.functional.one_hot(labels).float()
+    for seed in range(60):
+        noise = torch.randn(2, 200, 2, generator=exp.generator("noise", seed))
+        trials = [dict(status="done", tail=[sound + 0.7 * x] * 2) for x in noise]
+        chosen = exp.choose(trials, exp.CANDIDATES[:2], labels)
+        gain, error = chosen["scores"][1][3:]
+        assert tuple(chosen["choice"]) == exp.CANDIDATES[int(gain > error)]
+        seen.add("clear" if gain > error else "noise" if gain > 0 else "worse")
+    assert seen == {"clear", "noise", "worse"}
